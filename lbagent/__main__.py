@@ -1,0 +1,3 @@
+from lbagent.cli import main
+
+main()

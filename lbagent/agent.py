@@ -1,0 +1,303 @@
+"""The agent of an edge node: wires the edges to the reconciler and is the operator's counterpart.
+
+A run is: find or build the program, attach it, read what is live, then follow events until a signal. SIGTERM
+ends the process and leaves packets flowing. SIGHUP reads the configuration again and starts the run anew in
+the same process, which adopts like any start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import importlib.metadata
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from lbagent import admin, links, logs, systemd
+from lbagent.alone import alone
+from lbagent.config import Config, load
+from lbagent.consul import Watcher
+from lbagent.core.desired import Defaults
+from lbagent.core.model import Capacity
+from lbagent.core.report import Measured, report
+from lbagent.core.state import Drained, Event, HopsChanged, IntentsLoaded, State, Undrained
+from lbagent.core.status import DeviceStatus, ServiceStatus, Status
+from lbagent.dataplane import Dataplane, program
+from lbagent.dataplane.fake import Fake
+from lbagent.dataplane.kernel import Kernel
+from lbagent.errors import ConfigError, LinkError, NotFound
+from lbagent.intents import Intents
+from lbagent.reconciler import Pass, Reconciler
+
+APPLY_DEADLINE_S = (
+    30.0  # what an operator asks for is in the kernel within this, or is answered with an error
+)
+VERSION = importlib.metadata.version("lbagent")
+
+log = structlog.get_logger()
+
+
+class End(enum.Enum):
+    """Why a run ended."""
+
+    STOP = "stop"
+    RELOAD = "reload"
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a run stands on. devices: name -> mode."""
+
+    dataplane: Dataplane
+    digest: str
+    adopted: bool
+    devices: dict[str, str]
+    started_at: float
+
+
+class Agent:
+    """The Control of the admin API: reports what the reconciler did, and hands it what operators want."""
+
+    def __init__(self, reconciler: Reconciler, intents: Intents, ground: Ground) -> None:
+        self._reconciler = reconciler
+        self._intents = intents
+        self._ground = ground
+        self._keeping = asyncio.Lock()
+        self._reported: tuple[Pass | None, State, Status] | None = None
+
+    def status(self) -> Status:
+        """Made once for each pass and state, however often it is asked for."""
+        last, state = self._reconciler.last, self._reconciler.state
+        if self._reported is None or self._reported[0] is not last or self._reported[1] is not state:
+            self._reported = last, state, self._report(last, state)
+        return self._reported[2]
+
+    async def refreshed(self) -> Status:
+        async with asyncio.timeout(APPLY_DEADLINE_S):
+            await self._reconciler.refreshed()
+        return self.status()
+
+    async def changed(self, after: Status) -> Status:
+        while (now := self.status()) is after:
+            await self._reconciler.next_pass()
+        return now
+
+    async def drain(self, service: str, node: str, id: str, reason: str) -> None:
+        """Draining again changes the reason; it has been drained since the first time."""
+        self._must_exist(service, node, id)
+        before = self._reconciler.state.drains.get((service, node, id))
+        since = before.since if before else time.time()
+        await self._intend(Drained(service, node, id, reason, since))
+
+    async def undrain(self, service: str, node: str, id: str) -> None:
+        if (service, node, id) not in self._reconciler.state.drains:
+            self._must_exist(service, node, id)
+        await self._intend(Undrained(service, node, id))
+
+    async def _intend(self, event: Drained | Undrained) -> None:
+        """Keep it on disk, then let the kernel have it. The lock keeps file and state in one order."""
+        async with self._keeping, asyncio.timeout(APPLY_DEADLINE_S):
+            drains = dict(self._reconciler.state.drains)
+            key = (event.service, event.node, event.id)
+            drains.pop(key, None)
+            if isinstance(event, Drained):
+                drains[key] = event
+            await asyncio.to_thread(self._intents.save, tuple(drains.values()))
+            self._reconciler.emit(event)
+            await self._reconciler.settled()
+        log.info(type(event).__name__.lower(), service=event.service, node=event.node, id=event.id)
+
+    def _must_exist(self, service: str, node: str, id: str) -> None:
+        known = self._reconciler.state.services
+        if service not in known:
+            raise NotFound(f"no service {service}; there are: {', '.join(sorted(known)) or 'none'}")
+        instances = [i.key for i in known[service].instances]
+        if (node, id) not in instances:
+            names = ", ".join(f"{n}/{i}" for n, i in instances)
+            raise NotFound(f"service {service} has no backend {node}/{id}; there are: {names or 'none'}")
+
+    def _report(self, last: Pass | None, state: State) -> Status:
+        tally, ground = self._reconciler.tally, self._ground
+        services: tuple[ServiceStatus, ...] = ()
+        drops: dict[str, int] = {}
+        records = 0
+        problems = [tally.problem] if tally.problem else []
+        if last is not None:
+            devices = dict(socket.if_nameindex())
+            measured = Measured(last.records, last.counters.vips, last.counters.reals, devices)
+            services = report(last.desired, last.live, measured, self._reconciler.seed)
+            drops, records = dict(last.counters.drops), last.flows
+            problems += last.desired.problems
+        return Status(
+            ready=last is not None and last.full and not tally.problem,
+            version=VERSION,
+            program=ground.digest,
+            adopted=ground.adopted,
+            started_at=ground.started_at,
+            applied_at=tally.applied_at,
+            applies=tally.applies,
+            apply_errors=tally.errors,
+            consul_answer_at=state.answer_at,
+            consul_errors=state.errors,
+            devices=tuple(DeviceStatus(name, mode) for name, mode in ground.devices.items()),
+            services=services,
+            drops=drops,
+            flow_records=records,
+            problems=tuple(problems),
+        )
+
+
+# ---- a run --------------------------------------------------------------------------------------
+
+
+async def run(path: Path, dry_run: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT. Raises LbAgentError when it cannot start; an error later ends the
+    process, as systemd starts it again while packets flow on."""
+    config = load(path, os.environ)
+    while await _serve(config, dry_run) is End.RELOAD:
+        systemd.notify("RELOADING=1")
+        try:
+            config = load(path, os.environ)
+        except ConfigError as error:
+            log.error("configuration_refused", why=str(error), kept="the one before")
+        else:
+            logs.setup(config.log.level, config.log.format)
+            log.info("configuration_read", path=str(path))
+    systemd.notify("STOPPING=1")
+    log.info("stopped", forwarding="goes on")
+
+
+async def _serve(config: Config, dry_run: bool) -> End:
+    started_at = time.time()
+    intents = Intents(config.state.directory / "intents.json")
+    drains = intents.load()
+    with alone(config.state.directory, "edge"), contextlib.ExitStack() as undo:
+        ground = await asyncio.to_thread(_prepare, config, dry_run, started_at, undo)
+        state = State()
+        defaults = Defaults(config.timing.settle, config.timing.linger)
+        reconciler = Reconciler(ground.dataplane, state, defaults, config.edge.seed)
+        reconciler.emit(IntentsLoaded(drains))
+        hops = links.NextHops()
+        loop = asyncio.get_running_loop()
+        end: asyncio.Future[End] = loop.create_future()
+        undo.callback(hops.stop)
+        hops.start(
+            lambda changed: _soon(loop, reconciler, HopsChanged(changed)),
+            partial(_fail_soon, loop, end),
+        )
+        undo.enter_context(_signals(loop, end))
+        agent = Agent(reconciler, intents, ground)
+        async with asyncio.TaskGroup() as tasks:
+            under_way = [
+                tasks.create_task(reconciler.run(), name="reconciler"),
+                tasks.create_task(Watcher(config.consul).run(reconciler.emit), name="consul"),
+                tasks.create_task(_follow_backends(reconciler, hops), name="hops"),
+                tasks.create_task(admin.serve(config.admin, agent), name="admin"),
+                tasks.create_task(systemd.watchdog(), name="watchdog"),
+                tasks.create_task(_announce_ready(reconciler), name="ready"),
+            ]
+            try:
+                return await end
+            finally:
+                for task in under_way:
+                    task.cancel()
+
+
+def _prepare(config: Config, dry_run: bool, started_at: float, undo: contextlib.ExitStack) -> Ground:
+    """Program, maps and devices. May take a second when the program must be compiled."""
+    if dry_run:
+        return Ground(
+            Fake(_build(config).capacity),
+            "dry-run",
+            False,
+            dict.fromkeys(config.edge.interfaces, "detached"),
+            started_at,
+        )
+    build = _build(config)
+    ours = {pinned.info().id for pinned in program.find(build)}
+    pinned = program.ensure(build)
+    kernel = undo.enter_context(Kernel(pinned.directory))
+    ours.add(pinned.info().id)
+    devices = {}
+    with pinned.opened() as fd:
+        for name in config.edge.interfaces:
+            devices[name] = links.attach(name, fd, config.edge.mode, ours.__contains__)
+    program.retire_others(build, pinned)
+    log.info("attached", program=pinned.digest, adopted=pinned.adopted, devices=devices)
+    return Ground(kernel, pinned.digest, pinned.adopted, devices, started_at)
+
+
+def _build(config: Config) -> program.Settings:
+    capacity = Capacity(config.edge.vips, config.edge.reals, config.edge.flows)
+    return program.Settings(capacity, config.edge.seed, config.edge.encap_source, config.edge.pin_dir)
+
+
+async def _follow_backends(reconciler: Reconciler, hops: links.NextHops) -> None:
+    """Ask for the way to each address that is wanted, and to no other."""
+    wanted: frozenset[object] | None = None
+    while True:
+        turn = await reconciler.next_pass()
+        addresses = frozenset(b.address for vip in turn.desired.want.vips for b in vip.backends)
+        if addresses != wanted:
+            wanted = addresses
+            hops.want(addresses)
+
+
+async def _announce_ready(reconciler: Reconciler) -> None:
+    """Ready for systemd is: attached, and what was live is taken over. Consul may be down for hours."""
+    await reconciler.settled()
+    systemd.notify("READY=1")
+    while not (turn := await reconciler.next_pass()).full:
+        pass
+    log.info("ready", vips=len(turn.live.vips))
+
+
+def _soon(loop: asyncio.AbstractEventLoop, reconciler: Reconciler, event: Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(reconciler.emit, event)
+
+
+def _fail_soon(loop: asyncio.AbstractEventLoop, end: asyncio.Future[End], error: BaseException) -> None:
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(lambda: None if end.done() else end.set_exception(error))
+
+
+def _end(end: asyncio.Future[End], reason: End) -> None:
+    if not end.done():
+        end.set_result(reason)
+
+
+@contextlib.contextmanager
+def _signals(loop: asyncio.AbstractEventLoop, end: asyncio.Future[End]) -> Iterator[None]:
+    ends = {signal.SIGTERM: End.STOP, signal.SIGINT: End.STOP, signal.SIGHUP: End.RELOAD}
+    for number, reason in ends.items():
+        loop.add_signal_handler(number, _end, end, reason)
+    try:
+        yield
+    finally:
+        for number in ends:
+            loop.remove_signal_handler(number)
+
+
+def detach(config: Config) -> None:
+    """Take all away: our program from every configured device, and all pins. Packets then pass untouched."""
+    build = _build(config)
+    for name in config.edge.interfaces:
+        try:
+            now = links.attached(name)
+        except LinkError as error:
+            log.warning("device_skipped", device=name, why=str(error))
+            continue
+        if now is not None and program.owns(build, now[1]):
+            links.detach(name)
+            log.info("detached", device=name)
+    program.remove_all(build)

@@ -1,0 +1,3 @@
+# What lbagent uses of py-consul.
+
+class ConsulException(Exception): ...

@@ -1,0 +1,4 @@
+from pyroute2.netlink import nlmsg
+
+class ndmsg(nlmsg): ...
+NTF_USE: int
