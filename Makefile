@@ -41,7 +41,7 @@ type: venv
 	$(OWNER) $(PYTHON) -m mypy
 
 test-unit: venv
-	$(OWNER) $(PYTHON) -m pytest tests/unit tests/contract -m "not kernel" --cov $(ARGS)
+	$(OWNER) $(PYTHON) -m pytest tests/unit tests/contract -m "not kernel" -n auto --dist worksteal --cov $(ARGS)
 
 test-kernel: setup  # root
 	$(PYTEST_ROOT) tests/contract tests/kernel -m kernel $(ARGS)

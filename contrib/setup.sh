@@ -53,7 +53,7 @@ install_packages() {
 # filled again when what is to be installed or compiled changes.
 install_venv() {
     python=$(/usr/bin/python3 --version)
-    marks="$python $(cat pyproject.toml setup.py bpf/abi.h lbagent/core/_ring.c | sha256sum)"
+    marks="$python $(cat pyproject.toml setup.py bpf/abi.h lbagent/core/*.[ch] | sha256sum)"
     had=$(cat .venv/installed 2>/dev/null || true)
     if [ "$had" = "$marks" ] && ls lbagent/core/_ring*.so >/dev/null 2>&1; then
         return
@@ -67,6 +67,7 @@ install_venv() {
         *) as_owner /usr/bin/python3 -m venv --clear --system-site-packages .venv ;;
     esac
     as_owner .venv/bin/python -m pip install -qq --editable '.[dev]'
+    as_owner .venv/bin/python -m compileall -q lbagent # root's runs write no bytecode into this folder
     echo "$marks" | as_owner tee .venv/installed >/dev/null
 }
 

@@ -57,7 +57,7 @@ struct class {
 struct ring {
 	unsigned int bits;
 	__u32 *table;		/* slot -> member's number, the result */
-	__u16 *owner;		/* slot -> rank: half as big as the table. For a free slot its index in free, once that is there */
+	__u16 *owner;		/* slot -> rank, half as big; once the free slots are listed, free slot -> index */
 	__u64 *taken;		/* bit per slot: 32 KiB at most, which stay in the first-level cache */
 	__u32 left;		/* free slots */
 	__u32 tail;		/* once no more than so many are left, they are listed in free */

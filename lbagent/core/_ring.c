@@ -316,7 +316,7 @@ static PyObject *settled(PyObject *self, PyObject *args)
 	for (size_t i = 0; i < (size_t)slots.len / 8; i++) {
 		__u64 slot = get64(slots.buf, i);
 
-		if (slot & TRACKED && (((__u32)now_s - changed_of(slot)) & CHANGED_MASK) > settle_s && !get_bit(excepted, i))
+		if (slot & TRACKED && age_of(slot, now_s) > settle_s && !get_bit(excepted, i))
 			found[count++] = i;
 	}
 	Py_END_ALLOW_THREADS

@@ -60,9 +60,10 @@ static inline __u32 elder_of(__u64 slot)
 	return slot >> SLOT_ELDER_SHIFT & REAL_MASK;
 }
 
-static inline __u32 changed_of(__u64 slot)
+/* Seconds since it changed. They wrap: an age of 2^23 s, 97 days, counts as none. */
+static inline __u32 age_of(__u64 slot, __u64 now_s)
 {
-	return slot >> SLOT_CHANGED_SHIFT & CHANGED_MASK;
+	return (now_s - (slot >> SLOT_CHANGED_SHIFT)) & CHANGED_MASK;
 }
 
 static inline __u64 quiet(__u32 owner)

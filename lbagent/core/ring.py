@@ -23,6 +23,10 @@ from lbagent.core.model import RING_BITS
 from lbagent.errors import InconsistentSnapshot
 
 SLOTS_EACH = 100  # that a ring has for each registered instance, while there is a size for that
+MEMBERS_MAX = 1 << 16  # of one ring; the compiled code counts them in 16 bits
+BIG_BITS = 16  # tables from 256 KiB
+
+_Numbers = tuple[int, ...]
 
 
 class Member(NamedTuple):
@@ -41,7 +45,7 @@ def build(members: Sequence[Member], bits: int, seed: int) -> bytes:
 
     Returns uint32 for each slot: i stands for members[i - 1], 0 for nobody, if nobody has weight. Shares
     are within one slot of exact; one of less than a slot may be none. Members of weight 0 take no slot.
-    Raises InconsistentSnapshot when members with weight outnumber slots.
+    Raises InconsistentSnapshot when members with weight outnumber slots, or MEMBERS_MAX.
     """
     return _build(*_named(members), bits, seed)
 
@@ -52,21 +56,27 @@ def digest(members: Sequence[Member], bits: int, seed: int) -> str:
     return _digest(tuple(name for name, _ in weighed), tuple(weight for _, weight in weighed), bits, seed)
 
 
-_Numbers = tuple[int, ...]
-
-
 def _named(members: Sequence[Member]) -> tuple[_Numbers, _Numbers]:
     """(address and port as one number, weight) of all members: numbers hash far faster than addresses."""
     names = tuple([int(address) << 16 | port for address, port, _ in members])
     return names, tuple([weight for _, _, weight in members])
 
 
-@lru_cache(64)
 def _build(names: _Numbers, weights: _Numbers, bits: int, seed: int) -> bytes:
-    if (taking := len(names) - weights.count(0)) > 1 << bits:
-        raise InconsistentSnapshot(f"{taking} backends do not fit into a ring of {1 << bits} slots")
+    most = min(1 << bits, MEMBERS_MAX)
+    if (taking := len(names) - weights.count(0)) > most:
+        raise InconsistentSnapshot(f"{taking} backends do not fit into a ring, which takes {most}")
+    return (_small if bits < BIG_BITS else _big)(names, weights, bits, seed)
+
+
+def _table(names: _Numbers, weights: _Numbers, bits: int, seed: int) -> bytes:
     keys = array("Q", map(_key, names, repeat(seed)))
     return _ring.build(keys, array("Q", names), array("I", weights), bits)
+
+
+# 8 MiB each at most: plans ask again and again for rings that did not change.
+_small = lru_cache(128)(_table)
+_big = lru_cache(8)(_table)
 
 
 @lru_cache(256)

@@ -27,6 +27,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from socket import if_nametoindex
 
+import structlog
 from cffi import FFI
 
 from lbagent.core.model import Capacity, Hop
@@ -189,5 +190,6 @@ def row(case: str, value: float, unit: str, goal: float | None) -> dict[str, obj
 
 
 if __name__ == "__main__":
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for results
     for line in measure(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS):
         print(json.dumps(line), flush=True)

@@ -85,7 +85,7 @@ FOREIGN = {
     "outer fragment": outer(flags="MF") / inner(),
     "inner version 6": outer() / inner(version=6),
     "inner header of 16 bytes": outer() / inner(ihl=4),
-    "inner length beyond the outer": outer() / inner(len=42),
+    "inner length beyond the outer": outer(len=20 + 41) / inner(len=42) / Raw(b"padding"),
     "inner length beyond the frame": outer(len=2000) / inner(len=1900),
     "inner length within the header": outer() / inner(len=19),
     "gre": ETHER / IP(dst="10.77.0.3", proto=47) / Raw(b"\0\0\x08\0") / inner(),

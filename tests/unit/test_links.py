@@ -150,6 +150,19 @@ def test_a_route_change_moves_the_hop() -> None:
     assert hops.changes() == {}
 
 
+def test_the_same_route_again_is_no_news() -> None:
+    hops = known()
+    hops.routed(REAL, DIRECT)
+    assert hops.changes() == {}
+
+
+def test_a_neighbour_that_fails_without_ever_having_answered_is_no_news() -> None:
+    hops = made((REAL, DIRECT))
+    assert hops.changes() == {REAL: None}
+    hops.neighbour(DIRECT.to, Nud.FAILED, None)
+    assert hops.changes() == {}
+
+
 def test_only_reals_in_the_network_of_a_changed_route_are_looked_up() -> None:
     hops = made((REAL, DIRECT), (REAL_2, VIA))
     hops.reroute(IPv4Network("10.88.0.0/16"))

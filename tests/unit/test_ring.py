@@ -110,8 +110,16 @@ def test_members_without_weight_take_no_slot_and_no_room() -> None:
 
 
 def test_more_members_than_slots_are_refused() -> None:
-    with pytest.raises(InconsistentSnapshot, match="17 backends do not fit"):
+    with pytest.raises(InconsistentSnapshot, match="17 backends do not fit into a ring, which takes 16"):
         ring.build([*many(17), Member(IPv4Address("1.1.1.1"), 80, 0)], 4, 7)
+    with pytest.raises(InconsistentSnapshot, match="65537 backends"):
+        ring.build(many(1) * 65537, 18, 7)
+
+
+def test_a_ring_takes_as_many_members_as_it_may() -> None:
+    each = array("Q", range(ring.MEMBERS_MAX))
+    built = _ring.build(each, each, array("I", [1] * ring.MEMBERS_MAX), 16)
+    assert sorted(array("I", built)) == list(range(1, ring.MEMBERS_MAX + 1))
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Procs:
             popen = subprocess.Popen(
                 ("setpriv", "--pdeathsig", "KILL", *host.enter, *argv),
                 cwd=ROOT,
-                env={**inherited, **(env or {})},
+                env={**inherited, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
