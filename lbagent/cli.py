@@ -7,6 +7,7 @@ import is imported by the command that needs it, so that asking is quick.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -76,10 +77,13 @@ def main() -> None:
 def run(path: Path, dry_run: bool) -> None:
     """Balance on this edge node, until SIGTERM; packets flow on after that. SIGHUP reads the file again."""
     with failing():
+        gc.disable()
         import uvloop
 
         from lbagent import agent, config, logs
 
+        gc.freeze()  # what was imported stays: walking it would hold up the loop, for 100 ms and more
+        gc.enable()
         settings = config.load(path, os.environ).log
         logs.setup(settings.level, settings.format)
         uvloop.run(agent.run(path, dry_run))

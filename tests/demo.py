@@ -303,8 +303,8 @@ def main() -> int:
 
     ours = f"lb{os.getpid()}"
     left = left_behind(before, lambda it: it in mine or ours in it or it.startswith("process"))
-    if left and not why:
-        why = f"left behind: {', '.join(left)}"
+    if left:
+        why = "; ".join(filter(None, [why, f"left behind: {', '.join(left)}"]))
     if why or story is None:
         print(f"\ndemo: FAILED, {why}", flush=True)
         return 1

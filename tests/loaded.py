@@ -149,7 +149,7 @@ class Loaded:
         return len(libbpf.map_dump(self.maps["flows"])[0]) // abi.sizeof("struct flow_key")
 
     def counter(self, name: str, number: int) -> tuple[int, int]:
-        return libbpf.percpu_counter(self.maps[name], number)
+        return libbpf.percpu_counters(self.maps[name], [number])[number]
 
     # ---- packets --------------------------------------------------------------------------------
 

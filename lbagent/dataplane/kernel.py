@@ -98,8 +98,8 @@ class Kernel:
         reals = sorted(n for n, real in self._read_reals().items() if real.state is not RealState.FREE)
         drops = self._maps["drops"]
         return Counters(
-            {n: libbpf.percpu_counter(self._maps["vip_counters"], n) for n in vips},
-            {n: libbpf.percpu_counter(self._maps["real_counters"], n) for n in reals},
+            libbpf.percpu_counters(self._maps["vip_counters"], vips),
+            libbpf.percpu_counters(self._maps["real_counters"], reals),
             {name: sum(libbpf.percpu_u64(drops, reason)) for reason, name in abi.DROP_NAMES.items()},
         )
 
@@ -121,6 +121,10 @@ class Kernel:
         """Ids of the inner maps by place."""
         ids = libbpf.array_u32(self._maps["rings"])
         return {_place(index): map_id for index, map_id in ids.items() if map_id}
+
+    def _ring_id(self, ring: RingId) -> int | None:
+        raw = libbpf.map_lookup(self._maps["rings"], _u32(_index(ring)), 4)
+        return int.from_bytes(raw, sys.byteorder) if raw else None
 
     def _slots(self, ring: RingId, map_id: int) -> bytes:
         with libbpf.map_by_id(map_id) as fd, libbpf.map_mmap(fd, 8 << ring.bits) as content:
@@ -207,9 +211,9 @@ class Kernel:
             keys = b"".join(_u32(_index(ring)) for ring in fds)
             libbpf.map_update_batch(self._maps["rings"], keys, b"".join(map(_u32, fds.values())), len(fds))
             self._rehopped.clear()
-            ids = self._ring_ids()
             for ring, fd in fds.items():
-                self._expect(ids.get(ring) == libbpf.map_info(fd).id, "rings", f"{ring} was not swapped in")
+                is_there = self._ring_id(ring) == libbpf.map_info(fd).id
+                self._expect(is_there, "rings", f"{ring} was not swapped in")
 
     def _announce(self, vips: Mapping[VipKey, LiveVip]) -> None:
         known = {vip.number for _, vip in self._vips()}
@@ -244,7 +248,7 @@ class Kernel:
         libbpf.map_delete_keys(self._maps["vips"], [abi.pack_vip_any(address) for address in marked - wanted])
 
     def _settle(self, ring: RingId, numbers: Iterable[int]) -> None:
-        map_id = self._ring_ids().get(ring)
+        map_id = self._ring_id(ring)
         if map_id is None:
             raise DataplaneError(f"rings: {ring} is not there")
         with libbpf.map_by_id(map_id) as fd, libbpf.map_mmap(fd, 8 << ring.bits) as content:

@@ -10,7 +10,7 @@ import errno
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,6 +374,14 @@ def map_delete_keys(fd: int, keys: Sequence[bytes]) -> None:
 
 def array_u32(fd: int) -> dict[int, int]:
     """Index -> u32 of an array, without the empty places; of an array of maps, the inner maps' ids."""
+    try:
+        keys, values = map_dump(fd)
+    except DataplaneError as error:
+        if error.errno not in (errno.EINTR, ENOTSUPP):  # so say older kernels when they meet empty places
+            raise
+    else:
+        with memoryview(keys) as indices, memoryview(values) as held:
+            return dict(zip(indices.cast("I"), held.cast("I"), strict=True))
     found: dict[int, int] = {}
     value = ffi.new("u32 *")
     key = ffi.new("u32 *")
@@ -407,10 +415,17 @@ def percpu_u64(fd: int, index: int) -> list[int]:
     return list(memoryview(raw).cast("Q"))
 
 
-def percpu_counter(fd: int, index: int) -> tuple[int, int]:
-    """(packets, bytes) of a `struct counter`, sums over the CPUs."""
-    words = percpu_u64(fd, index)
-    return sum(words[::2]), sum(words[1::2])
+def percpu_counters(fd: int, indices: Iterable[int]) -> dict[int, tuple[int, int]]:
+    """(packets, bytes) of each `struct counter`, sums over the CPUs."""
+    size = value_bytes(map_info(fd))
+    raw, key = ffi.new("u64[]", size // 8), ffi.new("u32 *")
+    found: dict[int, tuple[int, int]] = {}
+    for key[0] in indices:
+        if (result := _lib.bpf_map_lookup_elem(fd, key, raw)) < 0:
+            raise _failed(fd, f"lookup of entry {key[0]}", result)
+        words = list(raw)
+        found[key[0]] = sum(words[::2]), sum(words[1::2])
+    return found
 
 
 def percpu_zero(fd: int, index: int) -> None:

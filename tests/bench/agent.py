@@ -3,8 +3,8 @@
     python -m tests.bench.agent [changes]
 
 A real Consul and the real process, in namespaces of their own, with one service of 100 backends. A change is
-a check's new state written to Consul's catalogue; it is live when the kernel's outer map names another ring,
-which is looked for in the kernel, not asked of the agent.
+a check's new state in Consul's catalogue, counted from Consul's word that it is written; it is live when the
+kernel's outer map names another ring, which is looked for in the kernel, not asked of the agent.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def spread(here: Lab) -> set[str]:
 
 
 def changed(here: Lab, turn: int) -> float:
-    """Seconds from the write to Consul to the new ring in the kernel."""
+    """Seconds from Consul's word that it took the change to the new ring in the kernel."""
     place = (ring_bits(BACKENDS) - abi.RING_BITS_MIN) // abi.RING_BITS_STEP
     (pins,) = (path for path in here.net.pins(here.edge.host).iterdir() if path.is_dir())
     with libbpf.opened(pins / "rings") as rings:
         before = libbpf.map_lookup(rings, place.to_bytes(4, sys.byteorder), 4)
-        began = time.monotonic()
         put(here, 1 + turn % BACKENDS, "critical" if turn // BACKENDS % 2 == 0 else "passing")
+        began = time.monotonic()
         until_moved(rings, place, before)
         return time.monotonic() - began
 

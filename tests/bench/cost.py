@@ -93,6 +93,8 @@ class Wires:
         self._libc, self._libbpf = ffi.dlopen(None), ffi.dlopen("libbpf.so.1")
         if self._libc.unshare(NEW_NETWORK) != 0:  # type: ignore[attr-defined]  # cdef declares it
             sys.exit("cannot make a network namespace: root is needed")
+        for name in ("all", "default"):  # IPv6 speaks up by itself on a new device
+            Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
         traffic = Path(__file__).with_name("traffic.bpf.c")
         self._module = BPF(text=traffic.read_bytes(), cflags=[f"-I{sources.folder()}"])
         self._source, self._sink = self._load("source"), self._load("sink")
@@ -119,11 +121,21 @@ class Wires:
         """Nanoseconds a run."""
         self.aim(program, case)
         self.send(case, FRAMES)
-        before = now = libbpf.run_stats(program)
+        before = libbpf.run_stats(program)
         self.send(case, FRAMES)
-        while now != (now := libbpf.run_stats(program)):
-            time.sleep(0.0005)  # the last batch may be on its way
-        return (now[0] - before[0]) / (now[1] - before[1])
+        after = self._settled(program)
+        return (after[0] - before[0]) / (after[1] - before[1])
+
+    def settled_runs(self, program: int) -> int:
+        """How often it ran, once no frame is on its way any more."""
+        return self._settled(program)[1]
+
+    def _settled(self, program: int) -> tuple[int, int]:
+        before = None
+        while (now := libbpf.run_stats(program)) != before:
+            before = now
+            time.sleep(0.0005)
+        return now
 
     def aim(self, program: int, case: Case) -> None:
         """From now on, frames of this case meet this program."""

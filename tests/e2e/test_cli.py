@@ -22,7 +22,8 @@ def test_check_finds_nothing_wrong_with_this_world(here: Lab) -> None:
 
 def test_check_and_run_name_an_interface_that_is_missing(here: Lab) -> None:
     config = here.procs.folder / "missing.toml"
-    config.write_text(here.edge.config.read_text().replace('"eth0"', '"eth7"'))
+    other = here.edge.config.read_text().replace('"eth0"', '"eth7"').replace('/edge"', '/other"')
+    config.write_text(other)
     for command in ("check", "run"):
         code, said = here.lbagent(here.edge.host, command, f"--config={config}")
         assert code == 1
