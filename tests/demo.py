@@ -299,7 +299,7 @@ def main() -> int:
     except Exception as e:  # noqa: BLE001 - whatever it is, the last line says so
         if not isinstance(e, (WorldError, AssertionError)):
             traceback.print_exc()
-        why = " ".join([(str(e) or type(e).__name__).splitlines()[0], *getattr(e, "__notes__", [])])
+        why = "; ".join([(str(e) or type(e).__name__).splitlines()[0], *getattr(e, "__notes__", [])])
 
     ours = f"lb{os.getpid()}"
     left = left_behind(before, lambda it: it in mine or ours in it or it.startswith("process"))
