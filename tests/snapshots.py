@@ -61,8 +61,7 @@ def view(live: Live) -> View:
     seen: View = {}
     for key, entry in live.vips.items():
         content = live.rings[RingId(entry.number, entry.ring_bits)]
-        seen[key] = [
-            (names.get(w & 0xFFFFF), names.get(w >> 20 & 0xFFFFF), bool(w >> 63))
-            for (w,) in struct.iter_unpack("<Q", content)
-        ]
+        words = struct.unpack(f"<{len(content) // 8}Q", content)
+        told = {w: (names.get(w & 0xFFFFF), names.get(w >> 20 & 0xFFFFF), bool(w >> 63)) for w in set(words)}
+        seen[key] = [told[word] for word in words]
     return seen

@@ -218,7 +218,8 @@ def _unused_rings(live: Live) -> tuple[RingId, ...]:
 
 
 def _clearable(live: Live, after: Live, want: Snapshot, numbers: Mapping[str, int]) -> tuple[int, ...]:
-    """Reals that nobody wants and that no ring, now or after the plan, and no flow record names."""
+    """Reals that nobody wants and that no ring and no flow record names. A ring that does not name one now
+    cannot name it after the plan."""
     if live.records is None:
         return ()
     kept = {(numbers[v.service], b.address) for v in want.vips for b in v.backends if b.duty is not Duty.DEAD}
@@ -232,11 +233,10 @@ def _clearable(live: Live, after: Live, want: Snapshot, numbers: Mapping[str, in
     if not idle:
         return ()
     vips = {after.reals[n].vip for n in idle}
-    for rings in (live.rings, after.rings):
-        for ring_id, content in rings.items():
-            if ring_id.vip in vips:
-                owners, elders = slots.census(content)
-                idle -= owners.keys() | elders.keys()
+    for ring_id, content in live.rings.items():
+        if ring_id.vip in vips:
+            owners, elders = slots.census(content)
+            idle -= owners.keys() | elders.keys()
     return tuple(sorted(idle))
 
 

@@ -261,3 +261,19 @@ async def test_what_is_wrong_with_a_registration_is_told_once() -> None:
     assert [(entry["event"], entry["id"], entry["kept"]) for entry in logs] == [
         ("registration_refused", "a", False)
     ]
+
+
+def test_the_record_grows_with_each_change_and_shrinks_with_what_takes_it_back() -> None:
+    address = IPv4Address("203.0.113.7")
+    there_and_back: list[tuple[Action, Action]] = [
+        (Attach("eth0"), Detach("eth0")),
+        (AddAddress(address), DelAddress(address)),
+        (SetSysctl("all/arp_ignore", 0, 1), SetSysctl("all/arp_ignore", 1, 0)),
+    ]
+    for there, back in there_and_back:
+        grown = note(Record(), there)
+        assert grown != Record()
+        assert not takes_back(Record(), there)
+        assert takes_back(grown, back)
+        assert note(grown, back) == Record()
+    assert note(grown, Tell(address)) == note(grown, Untell(address)) == grown
