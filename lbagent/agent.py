@@ -15,10 +15,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
@@ -29,7 +29,7 @@ from lbagent.consul import Watcher
 from lbagent.core.desired import Defaults
 from lbagent.core.model import Capacity
 from lbagent.core.report import Measured, report
-from lbagent.core.state import Drained, Event, HopsChanged, IntentsLoaded, State, Undrained
+from lbagent.core.state import Drained, HopsChanged, IntentsLoaded, State, Undrained
 from lbagent.core.status import DeviceStatus, ServiceStatus, Status
 from lbagent.dataplane import Dataplane, program
 from lbagent.dataplane.fake import Fake
@@ -38,10 +38,10 @@ from lbagent.errors import ConfigError, LinkError, NotFound
 from lbagent.intents import Intents
 from lbagent.reconciler import Pass, Reconciler
 
-APPLY_DEADLINE_S = (
-    30.0  # what an operator asks for is in the kernel within this, or is answered with an error
-)
+APPLY_DEADLINE_S = 30.0  # what an operator asks for is in the kernel by then, or answered with an error
 VERSION = importlib.metadata.version("lbagent")
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -163,20 +163,21 @@ async def run(path: Path, dry_run: bool = False) -> None:
     """Serve until SIGTERM or SIGINT. Raises LbAgentError when it cannot start; an error later ends the
     process, as systemd starts it again while packets flow on."""
     config = load(path, os.environ)
-    while await _serve(config, dry_run) is End.RELOAD:
-        systemd.notify("RELOADING=1")
-        try:
-            config = load(path, os.environ)
-        except ConfigError as error:
-            log.error("configuration_refused", why=str(error), kept="the one before")
-        else:
-            logs.setup(config.log.level, config.log.format)
-            log.info("configuration_read", path=str(path))
+    with _signals() as ends:
+        while await _serve(config, dry_run, ends) is End.RELOAD:
+            systemd.notify("RELOADING=1")
+            try:
+                config = load(path, os.environ)
+            except ConfigError as error:
+                log.error("configuration_refused", why=str(error), kept="the one before")
+            else:
+                logs.setup(config.log.level, config.log.format)
+                log.info("configuration_read", path=str(path))
     systemd.notify("STOPPING=1")
     log.info("stopped", forwarding="goes on")
 
 
-async def _serve(config: Config, dry_run: bool) -> End:
+async def _serve(config: Config, dry_run: bool, ends: asyncio.Queue[End]) -> End:
     started_at = time.time()
     intents = Intents(config.state.directory / "intents.json")
     drains = intents.load()
@@ -188,13 +189,12 @@ async def _serve(config: Config, dry_run: bool) -> End:
         reconciler.emit(IntentsLoaded(drains))
         hops = links.NextHops()
         loop = asyncio.get_running_loop()
-        end: asyncio.Future[End] = loop.create_future()
+        hops_failed: asyncio.Future[None] = loop.create_future()
         undo.callback(hops.stop)
         hops.start(
-            lambda changed: _soon(loop, reconciler, HopsChanged(changed)),
-            partial(_fail_soon, loop, end),
+            lambda changed: _soon(loop, reconciler.emit, HopsChanged(changed)),
+            lambda error: _soon(loop, hops_failed.set_exception, error),
         )
-        undo.enter_context(_signals(loop, end))
         agent = Agent(reconciler, intents, ground)
         async with asyncio.TaskGroup() as tasks:
             under_way = [
@@ -204,9 +204,10 @@ async def _serve(config: Config, dry_run: bool) -> End:
                 tasks.create_task(admin.serve(config.admin, agent), name="admin"),
                 tasks.create_task(systemd.watchdog(), name="watchdog"),
                 tasks.create_task(_announce_ready(reconciler), name="ready"),
+                tasks.create_task(_raise(hops_failed), name="hops failure"),
             ]
             try:
-                return await end
+                return await ends.get()
             finally:
                 for task in under_way:
                     task.cancel()
@@ -231,6 +232,7 @@ def _prepare(config: Config, dry_run: bool, started_at: float, undo: contextlib.
     with pinned.opened() as fd:
         for name in config.edge.interfaces:
             devices[name] = links.attach(name, fd, config.edge.mode, ours.__contains__)
+    _leave(ours, set(devices))
     program.retire_others(build, pinned)
     log.info("attached", program=pinned.digest, adopted=pinned.adopted, devices=devices)
     return Ground(kernel, pinned.digest, pinned.adopted, devices, started_at)
@@ -261,43 +263,48 @@ async def _announce_ready(reconciler: Reconciler) -> None:
     log.info("ready", vips=len(turn.live.vips))
 
 
-def _soon(loop: asyncio.AbstractEventLoop, reconciler: Reconciler, event: Event) -> None:
+async def _raise(failed: asyncio.Future[None]) -> None:
+    """What went wrong on another thread ends the run like an error in a task."""
+    await failed
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[T], None], what: T) -> None:
+    """From another thread."""
     with contextlib.suppress(RuntimeError):  # the loop has ended
-        loop.call_soon_threadsafe(reconciler.emit, event)
-
-
-def _fail_soon(loop: asyncio.AbstractEventLoop, end: asyncio.Future[End], error: BaseException) -> None:
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(lambda: None if end.done() else end.set_exception(error))
-
-
-def _end(end: asyncio.Future[End], reason: End) -> None:
-    if not end.done():
-        end.set_result(reason)
+        loop.call_soon_threadsafe(call, what)
 
 
 @contextlib.contextmanager
-def _signals(loop: asyncio.AbstractEventLoop, end: asyncio.Future[End]) -> Iterator[None]:
-    ends = {signal.SIGTERM: End.STOP, signal.SIGINT: End.STOP, signal.SIGHUP: End.RELOAD}
-    for number, reason in ends.items():
-        loop.add_signal_handler(number, _end, end, reason)
+def _signals() -> Iterator[asyncio.Queue[End]]:
+    """What signals ask for, in order, also between two runs."""
+    ends: asyncio.Queue[End] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    meanings = {signal.SIGTERM: End.STOP, signal.SIGINT: End.STOP, signal.SIGHUP: End.RELOAD}
+    for number, meaning in meanings.items():
+        loop.add_signal_handler(number, ends.put_nowait, meaning)
     try:
-        yield
+        yield ends
     finally:
-        for number in ends:
+        for number in meanings:
             loop.remove_signal_handler(number)
 
 
 def detach(config: Config) -> None:
-    """Take all away: our program from every configured device, and all pins. Packets then pass untouched."""
+    """Take all away: our program from every device, and all pins. Packets then pass untouched."""
     build = _build(config)
-    for name in config.edge.interfaces:
+    _leave({pinned.info().id for pinned in program.find(build)}, ())
+    program.remove_all(build)
+
+
+def _leave(ours: Container[int], kept: Container[str]) -> None:
+    """Take our programs from all devices but those."""
+    for _, name in socket.if_nameindex():
+        if name in kept:
+            continue
         try:
             now = links.attached(name)
+            if now is not None and now[1] in ours:
+                links.detach(name)
+                log.info("detached", device=name)
         except LinkError as error:
             log.warning("device_skipped", device=name, why=str(error))
-            continue
-        if now is not None and program.owns(build, now[1]):
-            links.detach(name)
-            log.info("detached", device=name)
-    program.remove_all(build)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from tests.e2e.conftest import Service
 from tests.world.lab import LBAGENT, Lab
+from tests.world.net import ip
 from tests.world.procs import until
 from tests.world.traffic import failed
 
@@ -140,3 +142,25 @@ def test_who_had_a_vip_keeps_it(here: Lab, service: Service) -> None:
         assert answered == {"b1"}
     finally:
         here.backends["b2"].consul.deregister(f"{name}-b2")
+
+
+def test_a_device_that_is_configured_no_more_is_left(configured: Lab, service: Service) -> None:
+    """A second device gets the program, and loses it when it leaves the configuration."""
+    namespace = configured.edge.host.namespace
+    ip(f"-n {namespace} link add eth1 type veth peer name eth1p")
+    try:
+        before = configured.edge.config.read_text()
+        configured.edge.config.write_text(before.replace('["eth0"]', '["eth0", "eth1"]'))
+        reload(configured)
+        until(lambda: attached(configured) == {"eth0", "eth1"}, "the program on both devices")
+        configured.edge.config.write_text(before)
+        reload(configured)
+        until(lambda: attached(configured) == {"eth0"}, "the program on one device")
+        service.serve("b1")
+    finally:
+        ip(f"-n {namespace} link del eth1")
+
+
+def attached(here: Lab) -> set[str]:
+    devices = json.loads(ip(f"-n {here.edge.host.namespace} -json link show"))
+    return {device["ifname"] for device in devices if "xdp" in device}
