@@ -76,6 +76,13 @@ struct index_entry {
 #define SLOT_CHANGED_BITS 23
 #define SLOT_TRACKED_SHIFT 63
 
+/*
+ * The array of a ring with N slots has N/2 + N entries: first the heads of all slots, two to an entry, then
+ * the slots. A head, 32 bits, is what nearly all packets need of a slot: TRACKED:1 | 0:11 | owner:20. So
+ * those of a ring take half the cache that its slots would. Who settles a slot writes it, then its head.
+ */
+#define HEAD_TRACKED_SHIFT 31
+
 struct hop {
 	__u8 dmac[6];
 	__u8 smac[6];

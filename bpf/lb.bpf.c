@@ -177,21 +177,29 @@ static __always_inline bool match(const struct packet *packet, struct vip *vip)
 	return true;
 }
 
-/* The slot's word, or 0, nobody's, with *found unset when there is no ring. */
+/* The slot's word, only its owner while it is not TRACKED; 0, nobody's, with *found unset, without a ring. */
 static __always_inline __u64 read_slot(const struct vip *vip, __u64 hash, bool *found)
 {
 	__u32 place = vip->number * RING_SIZES + (__u32)(vip->ring_bits - RING_BITS_MIN) / RING_BITS_STEP;
 	__u32 index = hash >> (64 - vip->ring_bits);
+	__u32 pair = index >> 1;
 	void *ring = rings.lookup(&place);
-	__u64 *slot;
+	volatile __u32 *heads;
+	volatile __u64 *slot;
+	__u32 head;
 
 	if (!ring)
 		return 0;
-	slot = bpf_map_lookup_elem(ring, &index);
-	if (!slot)
+	heads = bpf_map_lookup_elem(ring, &pair);
+	if (!heads)
 		return 0;
 	*found = true;
-	return *(volatile __u64 *)slot;	/* once: the agent may be settling it */
+	head = heads[index & 1];
+	if (!(head >> HEAD_TRACKED_SHIFT))
+		return head;
+	index += 1U << (vip->ring_bits - 1);
+	slot = bpf_map_lookup_elem(ring, &index);
+	return slot ? *slot : 0;	/* read once: the agent may be settling it */
 }
 
 static __always_inline bool is_serving(__u32 number)

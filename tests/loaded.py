@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
+from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lbagent.core import slots
 from lbagent.core.flowhash import flow_hash, slot
 from lbagent.core.model import Capacity, Hop, LiveVip, Proto, Real, RealState, VipKey
 from lbagent.dataplane import abi, libbpf, program
@@ -101,16 +104,37 @@ class Loaded:
         libbpf.map_update(self.maps["vips"], abi.pack_vip_any(address), whole)
 
     def put_ring(
-        self, word: int, number: int = 0, *, bits: int = 12, slots: Mapping[int, int] | None = None
+        self, word: int, number: int = 0, *, bits: int = 12, others: Mapping[int, int] | None = None
     ) -> None:
         """All slots hold `word`, but for those given."""
         index = number * abi.RING_SIZES + (bits - abi.RING_BITS_MIN) // abi.RING_BITS_STEP
-        with libbpf.new_ring(bits) as fd:
-            with libbpf.map_mmap(fd, 8 << bits) as content:
-                content[:] = word.to_bytes(8, "little") * (1 << bits)
-                for place, other in (slots or {}).items():
-                    content[place * 8 : place * 8 + 8] = other.to_bytes(8, "little")
+        words = array("Q", [word]) * (1 << bits)
+        for place, other in (others or {}).items():
+            words[place] = other
+        with libbpf.new_ring(abi.ring_bytes(bits)) as fd:
+            with libbpf.map_mmap(fd, abi.ring_bytes(bits)) as content:
+                content[:] = abi.pack_ring(words.tobytes())
             libbpf.map_update(self.maps["rings"], u32(index), u32(fd))
+
+    def put_slot(self, place: int, word: int) -> None:
+        """In place, in the ring of 2^12 slots of VIP 0."""
+        with self._small_ring() as content:
+            head, slot = 4 * place, abi.heads_bytes(12) + 8 * place
+            content[slot : slot + 8] = word.to_bytes(8, "little")
+            content[head : head + 4] = slots.heads(word.to_bytes(8, "little"))
+
+    def ring(self) -> tuple[bytes, bytes]:
+        """Heads and slots of the ring of 2^12 slots of VIP 0."""
+        with self._small_ring() as content:
+            return content[: abi.heads_bytes(12)], content[abi.heads_bytes(12) :]
+
+    @contextmanager
+    def _small_ring(self) -> Iterator[mmap]:
+        with (
+            libbpf.map_by_id(libbpf.array_u32(self.maps["rings"])[0]) as fd,
+            libbpf.map_mmap(fd, abi.ring_bytes(12)) as content,
+        ):
+            yield content
 
     def put_real(
         self,

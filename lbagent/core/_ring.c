@@ -133,7 +133,7 @@ static PyObject *renumber(PyObject *self, PyObject *args)
 				fits = false;
 			else if (index)
 				number = get32(numbers.buf, index - 1);
-			memcpy(to + i * 4, &number, 4);
+			put32(to, i, number);
 		}
 		Py_END_ALLOW_THREADS
 		if (!fits) {
@@ -143,6 +143,27 @@ static PyObject *renumber(PyObject *self, PyObject *args)
 	}
 	PyBuffer_Release(&table);
 	PyBuffer_Release(&numbers);
+	return out;
+}
+
+static PyObject *heads(PyObject *self, PyObject *args)
+{
+	Py_buffer slots;
+	PyObject *out = NULL;
+
+	if (!PyArg_ParseTuple(args, "y*", &slots))
+		return NULL;
+	if (slots.len % 8) {
+		refused("slots are not made of 64-bit words");
+	} else if ((out = PyBytes_FromStringAndSize(NULL, slots.len / 2))) {
+		char *to = PyBytes_AS_STRING(out);
+
+		Py_BEGIN_ALLOW_THREADS
+		for (Py_ssize_t i = 0; i < slots.len / 8; i++)
+			put32(to, i, head_of(get64(slots.buf, i)));
+		Py_END_ALLOW_THREADS
+	}
+	PyBuffer_Release(&slots);
 	return out;
 }
 
@@ -619,6 +640,7 @@ out:
 static PyMethodDef methods[] = {
 	{"build", build, METH_VARARGS, NULL},
 	{"renumber", renumber, METH_VARARGS, NULL},
+	{"heads", heads, METH_VARARGS, NULL},
 	{"fresh", fresh, METH_VARARGS, NULL},
 	{"succeed", succeed, METH_VARARGS, NULL},
 	{"repeat", repeat, METH_VARARGS, NULL},

@@ -35,6 +35,11 @@ static inline __u64 get64(const void *from, size_t index)
 	return word;
 }
 
+static inline void put32(void *to, size_t index, __u32 word)
+{
+	memcpy((char *)to + index * sizeof(word), &word, sizeof(word));
+}
+
 static inline void put64(void *to, size_t index, __u64 word)
 {
 	memcpy((char *)to + index * sizeof(word), &word, sizeof(word));
@@ -53,6 +58,11 @@ static inline void set_bit(__u64 *bits, size_t index)
 static inline __u32 owner_of(__u64 slot)
 {
 	return slot & REAL_MASK;
+}
+
+static inline __u32 head_of(__u64 slot)
+{
+	return owner_of(slot) | (__u32)(slot >> SLOT_TRACKED_SHIFT) << HEAD_TRACKED_SHIFT;
 }
 
 static inline __u32 elder_of(__u64 slot)

@@ -55,6 +55,11 @@ def stretch(owners: bytes, bits: int, new_bits: int) -> bytes:
     return _ring.repeat(owners, 4, new_bits - bits)
 
 
+def heads(slots: bytes) -> bytes:
+    """What nearly all packets need of each slot, uint32: its owner, and as top bit whether it is tracked."""
+    return _ring.heads(slots)
+
+
 def settled(slots: bytes, exceptions: Collection[int], settle_s: int, now_s: int) -> list[int]:
     """Slots whose tracking may end: last changed more than settle_s ago, and not among the exceptions."""
     return _ring.settled(slots, exceptions, settle_s, now_s)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from cffi import FFI
 
+from lbagent.core import slots
 from lbagent.core.model import Hop, LiveVip, Proto, Real, RealState, VipKey
 from lbagent.dataplane import sources
 
@@ -119,6 +120,20 @@ def pack_hop(hop: Hop | None) -> bytes:
 
 def _bytes(pointer: Any) -> bytes:
     return bytes(ffi.buffer(pointer))
+
+
+def pack_ring(content: bytes) -> bytes:
+    """The entries of a ring's array for these slots: their heads, then the slots."""
+    return slots.heads(content) + content
+
+
+def heads_bytes(bits: int) -> int:
+    """Where the slots begin in the array of a ring of 2^bits."""
+    return 4 << bits
+
+
+def ring_bytes(bits: int) -> int:
+    return (4 << bits) + (8 << bits)
 
 
 # ---- bytes -> model -----------------------------------------------------------------------------

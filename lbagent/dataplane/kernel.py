@@ -7,10 +7,11 @@ reals are written through mmap, where a word is written whole or not at all. Wha
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -127,8 +128,13 @@ class Kernel:
         return int.from_bytes(raw, sys.byteorder) if raw else None
 
     def _slots(self, ring: RingId, map_id: int) -> bytes:
-        with libbpf.map_by_id(map_id) as fd, libbpf.map_mmap(fd, 8 << ring.bits) as content:
-            return bytes(content)
+        with self._mapped(ring, map_id) as content:
+            return content[abi.heads_bytes(ring.bits) :]
+
+    @contextlib.contextmanager
+    def _mapped(self, ring: RingId, map_id: int) -> Iterator[mmap.mmap]:
+        with libbpf.map_by_id(map_id) as fd, libbpf.map_mmap(fd, abi.ring_bytes(ring.bits)) as content:
+            yield content
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -205,9 +211,10 @@ class Kernel:
         with contextlib.ExitStack() as staged:
             fds = {}
             for ring, content in rings.items():
-                fds[ring] = staged.enter_context(libbpf.new_ring(ring.bits))
-                with libbpf.map_mmap(fds[ring], len(content)) as slots:
-                    slots[:] = content
+                size = abi.ring_bytes(ring.bits)
+                fds[ring] = staged.enter_context(libbpf.new_ring(size))
+                with libbpf.map_mmap(fds[ring], size) as entries:
+                    entries[:] = abi.pack_ring(content)
             keys = b"".join(_u32(_index(ring)) for ring in fds)
             libbpf.map_update_batch(self._maps["rings"], keys, b"".join(map(_u32, fds.values())), len(fds))
             self._rehopped.clear()
@@ -251,12 +258,19 @@ class Kernel:
         map_id = self._ring_id(ring)
         if map_id is None:
             raise DataplaneError(f"rings: {ring} is not there")
-        with libbpf.map_by_id(map_id) as fd, libbpf.map_mmap(fd, 8 << ring.bits) as content:
-            settled = slots.settle(bytes(content), numbers)
-            words = memoryview(settled).cast("Q")
-            with memoryview(content) as raw, raw.cast("Q") as live:
-                for number in numbers:
+        begin = abi.heads_bytes(ring.bits)
+        with self._mapped(ring, map_id) as content, memoryview(content) as raw:
+            settled = slots.settle(bytes(raw[begin:]), numbers)
+            words, owners = memoryview(settled).cast("Q"), memoryview(slots.heads(settled)).cast("I")
+            with (
+                raw[begin:] as there,
+                there.cast("Q") as live,
+                raw[:begin] as front,
+                front.cast("I") as heads,
+            ):
+                for number in numbers:  # the slot first: a head that still says TRACKED only sends there
                     live[number] = words[number]
+                    heads[number] = owners[number]
 
     def _expect(self, held: bool, table: str, what: str) -> None:
         if not held:

@@ -261,9 +261,9 @@ def map_create(
 
 
 @contextmanager
-def new_ring(bits: int) -> Iterator[int]:
-    """A ring for the outer map, all slots nobody's; it is gone after the block if no outer map has it."""
-    fd = map_create(MAP_ARRAY, "ring", 4, 8, 1 << bits, F_MMAPABLE | F_INNER_MAP)
+def new_ring(size: int) -> Iterator[int]:
+    """An array of `size` bytes for the outer map, all zero; gone after the block if no outer map has it."""
+    fd = map_create(MAP_ARRAY, "ring", 4, 8, size // 8, F_MMAPABLE | F_INNER_MAP)
     try:
         yield fd
     finally:

@@ -166,7 +166,7 @@ def fill(balancer: Loaded, far: int) -> None:
     for vip, (port, backends, tracked) in enumerate(((80, 10, False), (82, 10, True), (83, 100, False))):
         bits = ring_bits(backends)
         slots = {n: word(rng.randint(1, backends), tracked=tracked) for n in range(1 << bits)}
-        balancer.put_ring(0, vip, bits=bits, slots=slots)
+        balancer.put_ring(0, vip, bits=bits, others=slots)
         balancer.put_vip(vip, VIP, port, bits=bits)
 
 

@@ -236,10 +236,7 @@ def test_the_choice_is_the_models(edge: Loaded, scene: Scene) -> None:
     libbpf.map_delete(edge.maps["flows"], flow_key(flow))
     for number, state in enumerate(scene.states, 1):
         edge.put_real(number, generation=GENERATION[number], state=state)
-    ring = libbpf.array_u32(edge.maps["rings"])[0]
-    with libbpf.map_by_id(ring) as fd:
-        value = word(scene.owner, scene.elder, tracked=scene.tracked).to_bytes(8, "little")
-        libbpf.map_update(fd, slot_of(flow).to_bytes(4, "little"), value)
+    edge.put_slot(slot_of(flow), word(scene.owner, scene.elder, tracked=scene.tracked))
     if scene.record:
         stale = 0 if scene.fresh else 1
         there = record(scene.record, flow)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lbagent.core import ring
+from lbagent.core import ring, slots
 from lbagent.core.model import Backend, Duty, Live, Proto, Snapshot, Vip, VipKey
 from lbagent.core.plan import members, plan, sweep
 from lbagent.core.steps import advance
@@ -189,6 +189,8 @@ def test_the_program_chooses_as_the_rules_say(balancer: Loaded, seed: int) -> No
                 flow, flags = rng.choice(flows), rng.choice([ACK] * 8 + [SYN, FIN, RST])
                 sent, expected = world.packet(flow, flags)
                 assert sent == expected, f"{flow} with flags {flags:#x}"
+        front, content = balancer.ring()
+        assert front == slots.heads(content), "heads and slots say the same"
 
 
 def test_a_syn_flood_in_quiet_times_leaves_no_record(balancer: Loaded) -> None:

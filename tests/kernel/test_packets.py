@@ -101,7 +101,7 @@ def test_the_slot_is_the_top_of_the_flow_hash(balancer: Loaded, bits: int) -> No
     balancer.put_vip(5, bits=bits)
     balancer.put_real(1)
     balancer.put_real(2)
-    balancer.put_ring(word(1), 5, bits=bits, slots={slot_of(TCP_FLOW, bits): word(2)})
+    balancer.put_ring(word(1), 5, bits=bits, others={slot_of(TCP_FLOW, bits): word(2)})
     assert Ether(balancer.run(frame()).frame)[IP].dst == str(real_address(2))
     assert Ether(balancer.run(frame(UDP_FLOW)).frame)[IP].dst == str(real_address(1))
 

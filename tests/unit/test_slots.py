@@ -351,6 +351,7 @@ ARGUMENTS = {
     "build": 4,
     "renumber": 2,
     "fresh": 1,
+    "heads": 1,
     "succeed": 4,
     "repeat": 3,
     "thin": 2,
@@ -391,3 +392,11 @@ def test_buffers_may_start_anywhere() -> None:
     shifted = memoryview(b"x" + ring)[1:]
     assert _ring.settle(shifted, [1]) == ring
     assert _ring.census(shifted) == ({1: 1, 2: 1, 3: 1, 4: 1}, {})
+
+
+def test_a_head_tells_owner_and_tracking_and_nothing_else() -> None:
+    words = [5, 5 | 9 << 20, 5 | 9 << 20 | 77 << 40 | 1 << 63, 0, (1 << 20) - 1 | 1 << 63]
+    found = array("I", slots.heads(array("Q", words).tobytes())).tolist()
+    assert found == [5, 5, 5 | 1 << 31, 0, (1 << 20) - 1 | 1 << 31]
+    with pytest.raises(ValueError, match="64-bit"):
+        slots.heads(bytes(12))
