@@ -2,7 +2,7 @@
 
 A run is: find or build the program, attach it, read what is live, then follow events until a signal. SIGTERM
 ends the process and leaves packets flowing. SIGHUP reads the configuration again and starts the run anew in
-the same process, which adopts like any start.
+the same process, which adopts like any start; what cannot be served is told, and the one before goes on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lbagent.core.status import DeviceStatus, ServiceStatus, Status
 from lbagent.dataplane import Dataplane, program
 from lbagent.dataplane.fake import Fake
 from lbagent.dataplane.kernel import Kernel
-from lbagent.errors import ConfigError, LinkError, NotFound
+from lbagent.errors import ConfigError, LbAgentError, LinkError, NotFound, leaves
 from lbagent.intents import Intents
 from lbagent.reconciler import Pass, Reconciler
 
@@ -163,22 +163,39 @@ async def run(path: Path, dry_run: bool = False) -> None:
     """Serve until SIGTERM or SIGINT. Raises LbAgentError when it cannot start; an error later ends the
     process, as systemd starts it again while packets flow on."""
     config = load(path, os.environ)
+    good: Config | None = None  # the one that served, to go back to
     with _signals() as ends:
-        while await _serve(config, dry_run, ends) is End.RELOAD:
-            systemd.notify("RELOADING=1")
+        while True:
             try:
-                config = load(path, os.environ)
-            except ConfigError as error:
-                log.error("configuration_refused", why=str(error), kept="the one before")
+                if await _serve(config, dry_run, ends) is End.STOP:
+                    break
+            except (LbAgentError, BaseExceptionGroup) as error:
+                why = list(leaves(error))
+                if good is None or not all(isinstance(e, LbAgentError) for e in why):
+                    raise
+                log.error("configuration_refused", why="; ".join(map(str, why)), kept="the one before")
+                config, good = good, None
             else:
-                logs.setup(config.log.level, config.log.format)
-                log.info("configuration_read", path=str(path))
+                systemd.notify("RELOADING=1")
+                config, good = _read_again(path, config), config
     systemd.notify("STOPPING=1")
     log.info("stopped", forwarding="goes on")
 
 
+def _read_again(path: Path, config: Config) -> Config:
+    """What the file says now, or the same as before if that makes no sense."""
+    try:
+        config = load(path, os.environ)
+    except ConfigError as error:
+        log.error("configuration_refused", why=str(error), kept="the one before")
+    else:
+        log.info("configuration_read", path=str(path))
+    return config
+
+
 async def _serve(config: Config, dry_run: bool, ends: asyncio.Queue[End]) -> End:
     started_at = time.time()
+    logs.setup(config.log.level, config.log.format)
     intents = Intents(config.state.directory / "intents.json")
     drains = intents.load()
     with alone(config.state.directory, "edge"), contextlib.ExitStack() as undo:

@@ -20,7 +20,7 @@ import click
 
 from lbagent.client import Client, Unreachable
 from lbagent.core.options import duration_s
-from lbagent.errors import LbAgentError
+from lbagent.errors import LbAgentError, leaves
 
 FAILED, UNREACHABLE = 1, 3
 SOCKET = "/run/lbagent/admin.sock"  # as config.Admin has it
@@ -232,11 +232,6 @@ def failing() -> Iterator[None]:
         if matching is None or rest is not None:
             raise
         fail(*leaves(matching))
-
-
-def leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
-    for error in group.exceptions:
-        yield from leaves(error) if isinstance(error, BaseExceptionGroup) else (error,)
 
 
 def fail(*errors: BaseException) -> NoReturn:

@@ -1,4 +1,8 @@
-"""The errors of lbagent, one class for each thing the caller should do about it."""
+"""The errors of lbagent, one class for each thing the caller should do about it, and how to unpack them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 
 class LbAgentError(Exception):
@@ -31,3 +35,12 @@ class InconsistentSnapshot(LbAgentError):
 
 class NotFound(LbAgentError):
     """The operator named a service or backend that is not there."""
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors that a task group ended with, or groups within groups; what is no group, itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error

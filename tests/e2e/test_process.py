@@ -80,6 +80,26 @@ def test_a_configuration_that_makes_no_sense_is_told_and_the_one_before_stays(
     service.requests(50)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('["eth0"]', '["eth0", "nope0"]', "nope0"),
+        ("[admin]\n", '[admin]\naddress = "127.0.0.1:9600"\ntoken_file = "/nonexistent"\n', "/nonexistent"),
+    ],
+)
+def test_a_configuration_that_cannot_be_served_is_told_and_the_one_before_serves_again(
+    configured: Lab, service: Service, old: str, new: str, told: str
+) -> None:
+    service.serve("b1", "b2")
+    before = configured.edge.config.read_text()
+    assert old in before
+    configured.edge.config.write_text(before.replace(old, new))
+    reload(configured)
+    until(lambda: told in log(configured), "the refusal in the log")
+    until(configured.edge.is_ready, "the agent to be ready")
+    service.requests(50)
+
+
 def test_another_program_takes_over_without_a_lost_request(configured: Lab, service: Service) -> None:
     """Other outer addresses make another program: it is built beside the one that runs, and replaces it."""
     service.serve("b1", "b2", "b3")
